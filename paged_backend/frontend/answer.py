@@ -159,6 +159,8 @@ class Answer:
             strand.request_id = submit(
                 mine, request.cache_salt, request.arrival, partial(self._receive, strand), family
             )
+        for strand in self._strands:
+            strand.prepare()
 
     # ---- its way out
 
@@ -309,9 +311,9 @@ class Answer:
                 self._abort()
 
     def send(self, deltas: tuple[Delta, ...], final: bool) -> None:
-        """On a sender thread. Asking for cancellation during or after the final response crashes Triton Server (2.51:
-        the question follows a pointer to what the final response frees), so the final response waits for a question
-        under way and forbids the next.
+        """On a thread that sends. Asking for cancellation during or after the final response crashes Triton Server
+        (2.51: the question follows a pointer to what the final response frees), so the final response waits for a
+        question under way and forbids the next.
         """
         if final:
             with self._lock:
@@ -321,7 +323,7 @@ class Answer:
         self._send(deltas, final)
 
     def ended(self, sent: bool) -> None:
-        """On a sender thread, after the final response."""
+        """On the thread that sent the final response."""
         self._forget(self)
         self._send = None
         with self._lock:

@@ -28,7 +28,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._anywhere = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self.anywhere = isinstance(tokenizer.decoder, decoders.ByteLevel)
         # by whether special tokens are skipped; None: it depends on others, or there is no text
         self._known: dict[bool, dict[int, str | None]] = {False: {}, True: {}}
 
@@ -39,7 +39,7 @@ class TokenTexts:
     def look_up(self, token_id: int, skip_special_tokens: bool) -> str | None:
         """The text of whole characters that the token adds to any; None: that depends."""
         text = None
-        if self._anywhere:
+        if self.anywhere:
             text = self._tokenizer.decode([token_id], skip_special_tokens=skip_special_tokens)
         self._known[skip_special_tokens][token_id] = found = text if text and _REPLACEMENT not in text else None
         return found
@@ -66,10 +66,22 @@ class Detokenizer:
         self._skip = skip_special_tokens
         self._texts = texts or TokenTexts(tokenizer)
         self._known = self._texts.known(skip_special_tokens)
-        self._recent = self._context(prompt_ids)  # tokens that decide how the next one is spelled, then those held back
+        self._prompt_ids: Sequence[int] | None = prompt_ids  # None: what they decide is known
+        self._recent: list[int] = []  # tokens that decide how the next one is spelled, then those held back
         self._num_pending = 0
-        self._stream: DecodeStream | None = DecodeStream(ids=self._recent, skip_special_tokens=skip_special_tokens)
+        self._stream: DecodeStream | None = None
         self._num_sent_chars = 0  # of the text of `_recent`; only while `_stream` is None
+
+    def prepare(self) -> None:
+        """Looks at the prompt, if the first token's text may depend on it; else that is left until one's does."""
+        if not self._texts.anywhere:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._prompt_ids is not None:
+            self._recent = self._context(self._prompt_ids)
+            self._stream = DecodeStream(ids=self._recent, skip_special_tokens=self._skip)
+            self._prompt_ids = None
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is incomplete."""
@@ -79,6 +91,7 @@ class Detokenizer:
             text = self._known[token_id] if token_id in self._known else self._texts.look_up(token_id, self._skip)
             if text is not None:
                 return text
+            self._begin()
         self._recent.append(token_id)
         self._num_pending += 1
         if self._stream is None:
@@ -260,6 +273,11 @@ class AnswerText:
         self.step: Callable[[int], str] | None = (
             self._detokenizer.step if self._detokenizer is not None and self._stops is None else None
         )
+
+    def prepare(self) -> None:
+        """Does beforehand what the first token's text takes besides it. May be left out."""
+        if self._detokenizer is not None:
+            self._detokenizer.prepare()
 
     def add(self, token_ids: Sequence[int], finish_reason: str | None) -> Passage:
         """finish_reason: set if these tokens are the engine's last: "stop" (the last token is a stop token, whose text

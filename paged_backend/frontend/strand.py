@@ -32,6 +32,10 @@ class Strand:
         self._step = None if wants_logprobs else text.step
         self._wants_logprobs = wants_logprobs
 
+    def prepare(self) -> None:
+        """Does what the first token's text takes besides it, while the engine computes that token."""
+        self._text.prepare()
+
     def pass_over(self, token_ids: list[int]) -> None:
         """Takes tokens that the caller has already.
 

@@ -77,7 +77,7 @@ class Streamer:
         """A new request's channel.
 
         send: may raise; then the request ends with an error.
-        on_end: called once, on a sender thread, after the final response; False if sending failed before.
+        on_end: called once, on the thread that sent the final response, after it; False if sending failed before.
         stream: False gathers everything for one response at the end.
         eager: a delta without text is worth a response too (the caller asked for token ids or logprobs).
         """
@@ -110,7 +110,9 @@ class Streamer:
     def together(self) -> Iterator[None]:
         """What this thread puts meanwhile is lined up at the end, at once: the pieces of a step of hundreds of streams
         wake the senders one time, who would otherwise fight with this thread for the interpreter at each of them. Only
-        the end of one sequence among several is not kept back.
+        the end of one sequence among several is not kept back. A request's first piece that comes alone, with nothing
+        in line, is sent by this thread: to wake another would take longer. Its later pieces are not: they join while
+        one is sent.
         """
         thread = threading.get_ident()
         collected: list[tuple[Channel, Delta]] = []
@@ -122,7 +124,30 @@ class Streamer:
             with self._lock:
                 now = time.monotonic()
                 entered = [self._add(channel, delta, now) for channel, delta in collected if not channel.closed]
-                self._lined_up.notify(sum(entered))
+                first = self._take_lone_first(entered)
+                if first is None:
+                    self._lined_up.notify(sum(entered))
+            if first is not None:
+                self._send_first(*first)
+
+    def _take_lone_first(self, entered: list[bool]) -> tuple[Channel, list[Delta], bool] | None:
+        """What a thread that has just lined something up is to send itself; None: senders are to."""
+        if entered != [True] or self._regular or len(self._urgent) != 1 or self._urgent[0].started:
+            return None
+        channel = self._take()
+        assert channel is not None
+        return channel, *self._unload(channel)
+
+    def _send_first(self, channel: Channel, deltas: list[Delta], final: bool) -> None:
+        """On a thread that is no sender: what comes meanwhile is for them."""
+        sent = self._send(channel, deltas, final)
+        with self._lock:
+            over = self._put_down(channel, final or not sent)
+            if not over and channel.due:
+                self._line_up(channel, time.monotonic())
+                self._lined_up.notify()
+        if over:
+            self._end(channel, sent)
 
     def wait_until_all_ended(self, seconds: float) -> bool:
         """True if every channel had its final response within `seconds`."""
@@ -178,10 +203,7 @@ class Streamer:
         while True:
             sent = self._send(channel, deltas, final)
             with self._lock:
-                channel.started = True
-                channel.place = _NOWHERE
-                if final or not sent:
-                    channel.closed = True
+                if self._put_down(channel, final or not sent):
                     break
                 if channel.due:
                     self._line_up(channel, time.monotonic())
@@ -192,6 +214,13 @@ class Streamer:
                 deltas, final = self._unload(channel)
         self._end(channel, sent)
         return True
+
+    def _put_down(self, channel: Channel, over: bool) -> bool:
+        """A response of it was sent, the last one if it is over, which is returned."""
+        channel.started = True
+        channel.place = _NOWHERE
+        channel.closed = channel.closed or over
+        return over
 
     def _unload(self, channel: Channel) -> tuple[list[Delta], bool]:
         """What is to be sent of it now, and whether that is the last."""

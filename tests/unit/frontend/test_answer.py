@@ -17,6 +17,7 @@ from paged_backend.frontend.answer import Answer, Services
 from paged_backend.frontend.delta import Delta
 from paged_backend.frontend.metrics import Tally
 from paged_backend.frontend.prompt import PromptReader
+from paged_backend.frontend.strand import Strand
 from paged_backend.frontend.streamer import Streamer
 from paged_backend.messages import Prompt, Ready
 from paged_backend.request import Outputs, Request, SamplingParams
@@ -75,6 +76,18 @@ def test_a_token_that_comes_while_another_thread_ends_the_answer_does_not_follow
     assert [final for _, final in sent] == [False] * (len(sent) - 1) + [True]
     assert str(sent[-1][0].error) == "too late"
     assert not any(501 in delta.token_ids for delta, _ in sent)
+
+
+def test_the_engine_has_a_request_before_its_answers_text_is_prepared(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[int] = []  # so many were, at each preparation
+    client = cast(Client, services.client)
+    monkeypatch.setattr(Strand, "prepare", lambda strand: submitted.append(len(client.receivers)))
+    sent: list[tuple[Delta, bool]] = []
+    answer, _ = _begun(services, sent, SamplingParams(max_tokens=4))
+    assert submitted == [1]
+    answer.fail(RequestError("over", ErrorKind.INTERNAL))
 
 
 def test_every_token_is_counted_once_whichever_way_it_takes(services: Services) -> None:

@@ -104,6 +104,43 @@ def test_only_whole_characters_of_byte_level_tokens_are_looked_up() -> None:
 
 
 @TOKENIZERS
+@given(text=TEXTS, prompt=st.sampled_from(PROMPTS), spelled=st.booleans())
+def test_preparing_an_answer_changes_nothing_in_its_text(
+    tokenizer: Tokenizer, text: str, prompt: str, spelled: bool
+) -> None:
+    ids = _bytes_as_tokens(tokenizer, text.encode()) if spelled else tokenizer.encode(text).ids
+    answers = [AnswerText(tokenizer, tokenizer.encode(prompt).ids, SamplingParams()) for _ in range(2)]
+    answers[0].prepare()
+    passages = [[answer.add([token_id], None) for token_id in ids] + [answer.add([], "length")] for answer in answers]
+    assert passages[0] == passages[1]
+
+
+class _Prompt(list[int]):
+    """Counts how often it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, key):  # type: ignore[no-untyped-def]
+        self.looks += 1
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "looks"), [(BYTE_LEVEL, 0), (BYTE_FALLBACK, 1)], ids=["byte-level", "byte-fallback"]
+)
+def test_a_prompt_is_looked_at_beforehand_only_where_it_decides_how_an_answer_is_spelled(
+    tokenizer: Tokenizer, looks: int
+) -> None:
+    prompt = _Prompt(tokenizer.encode("the").ids)
+    answer = AnswerText(tokenizer, prompt, SamplingParams())
+    assert prompt.looks == 0, "the request is not yet submitted"
+    answer.prepare()
+    assert prompt.looks == looks
+    answer.add(tokenizer.encode(" question").ids, None)
+    assert prompt.looks == looks
+
+
+@TOKENIZERS
 def test_a_leading_space_is_kept(tokenizer: Tokenizer) -> None:
     prompt_ids = tokenizer.encode("the").ids
     ids = tokenizer.encode("a the").ids[-1:]
