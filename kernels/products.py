@@ -3,10 +3,11 @@ it.
 
 One row: a matrix-vector kernel, with the norm before and everything behind in the same launch. Few rows, and one where
 the matrix is large: a kernel that reads each weight once. Many: cuBLAS. Quantised weights are read as they are stored
-by one row and by few (quant_vector.py, quant_linear.py; int4_narrow.py where int4 lies in quads). From two rows on fp8
-goes to 8-bit tensor cores if activations are of fp8 too, and these are rounded in the launch of the norm: few by
-fp8_narrow.py; many by cuBLASLt where a row of the weight has one scale, and by block_linear.py where blocks have. Many
-rows of other formats meet a weight that was dequantised into 16 bits before cuBLAS.
+by one row (fp8_vector.py, int4_vector.py, quant_vector.py) and by few (quant_linear.py; int4_narrow.py where int4 lies
+in quads). From two rows on fp8 goes to 8-bit tensor cores if activations are of fp8 too, and these are rounded in the
+launch of the norm: few by fp8_narrow.py; many by cuBLASLt where a row of the weight has one scale, and by
+block_linear.py where blocks have. Many rows of other formats meet a weight that was dequantised into 16 bits before
+cuBLAS.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from paged_kernels import activation as activations
-from paged_kernels import fp8_narrow, int4_narrow, norm, quant_linear, quant_vector, small_linear
+from paged_kernels import (
+    fp8_narrow,
+    fp8_vector,
+    int4_narrow,
+    int4_vector,
+    norm,
+    quant_linear,
+    quant_vector,
+    small_linear,
+)
 from paged_kernels.block_linear import GROUP, block_linear
 from paged_kernels.codes import dequantise
 from paged_kernels.dequantise import dequantised
@@ -102,7 +112,7 @@ class Products:
         in_quads = linear.format.order == "quads"
         most = 1 if has_fp8_product else quant_linear.most_tokens(linear)
         few = num_tokens <= most and (in_quads or quant_linear.reaches(linear))
-        vector = num_tokens == 1 and not in_quads and quant_linear.sums_in_registers(x, linear, gated)
+        vector = _vector_of(x, linear, gated) if few and num_tokens == 1 else None
         # which takes the norm in
         rounds = not few and norm_before is not None and norm_before.is_plain and has_fp8_product
         if norm_before is not None and (norm_before.centred or norm_before.bias is not None or not (vector or rounds)):
@@ -114,8 +124,8 @@ class Products:
                 "residual": residual,
                 "out": out if residual is None else residual,
             }
-            if vector:
-                return quant_vector.quant_vector_linear(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
+            if vector is not None:
+                return vector(x, linear, norm=norm_before, launch_pdl=pdl, **behind)
             narrow = int4_narrow.int4_narrow_linear if in_quads else quant_linear.quant_narrow_linear
             return narrow(x, linear, workspace=self._workspace, launch_pdl=pdl, **behind)
         if has_fp8_product:
@@ -172,6 +182,15 @@ class Products:
         if narrow:
             return fp8_narrow.fp8_narrow_linear(numbers, scales, linear, out, workspace=self._workspace, **behind)
         return block_linear(numbers, scales, linear, out, **behind)
+
+
+def _vector_of(x: Tensor, linear: Linear, gated: bool) -> Any:
+    """The product of one token without tensor cores, if that is the fastest one."""
+    if linear.format.order == "quads":
+        return int4_vector.int4_vector_linear if x.itemsize == 2 and int4_vector.is_vector(linear, gated) else None
+    if fp8_vector.reaches(linear):
+        return fp8_vector.fp8_vector_linear
+    return quant_vector.quant_vector_linear if quant_linear.sums_in_registers(x, linear) else None
 
 
 def _has_fp8_product(x: Tensor, linear: Linear) -> bool:

@@ -306,17 +306,11 @@ def most_tokens(linear: Linear) -> int:
     return 128 if linear.format.codes == "fp4" else MAX_TOKENS
 
 
-def sums_in_registers(x: torch.Tensor, linear: Linear, gated: bool) -> bool:
-    """Whether quant_vector_linear is the faster one for a token, as measured on an H200 with Llama-3.1-8B's matrices:
-    for NVFP4 of few numbers (42 us against 28 for 4,096 x 14,336), and for fp8 of 4,096 rows (8.8 us against 10.8, 20.6
-    against 24.1), not of 6,144 and more (13.5 against 12.4). The bound between is what gives each multiprocessor a
-    program without splitting rows.
+def sums_in_registers(x: torch.Tensor, linear: Linear) -> bool:
+    """Whether quant_vector_linear is the faster one for a token: not of NVFP4 with many numbers (28 us against 42 for
+    4,096 x 14,336 on an H200).
     """
-    if not is_packed(x, linear.format):
-        return True
-    if linear.format.codes == "fp4":
-        return linear.weight.numel() < 2**24
-    return linear.format.codes == "fp8" and linear.num_rows // (2 if gated else 1) < 32 * _MULTIPROCESSORS
+    return not is_packed(x, linear.format) or (linear.format.codes == "fp4" and linear.weight.numel() < 2**24)
 
 
 def format_constants(linear: Linear) -> dict[str, int | bool | float]:
