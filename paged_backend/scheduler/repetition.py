@@ -31,21 +31,21 @@ class Repetition:
 
     def __init__(self) -> None:
         self._has = bytearray(0)  # [_HASHES] once it is asked
-        self._num_noted = -1  # tokens whose pairs are noted; -1: it was never asked
+        self.num_noted = -1  # tokens whose pairs are noted; -1: it was never asked
         self._newest = 0  # the last of them
         # of the text when `num_alike` was asked last: its tokens, how many are alike, and the place that they stand
         # before; no fewer are than LONGEST, if it is so many
         self._num_asked, self._alike, self._place = -1, 0, 0
 
     def hears(self, num_tokens: int, token_id: int) -> bool:
-        """The text has so many tokens now, and this one is the newest. False: nothing repeats. True: `num_alike` has to
-        be asked, since its newest pair is an old one, or not all of its tokens were heard.
+        """The text has so many tokens now, and this one is the newest. False: nothing repeats. True: its newest pair is
+        an old one, or, if not so many are noted, not all of its tokens were heard.
         """
-        if num_tokens != self._num_noted + 1:
+        if num_tokens != self.num_noted + 1:
             return True
         # as _hash, without the call: this is asked of every token
         place = (self._newest * _FACTORS[0] + token_id * _FACTORS[1]) & (_HASHES - 1)
-        self._num_noted, self._newest = num_tokens, token_id
+        self.num_noted, self._newest = num_tokens, token_id
         if self._has[place]:
             return True
         self._has[place] = 1
@@ -54,7 +54,7 @@ class Repetition:
     def num_alike(self, token_ids: Int32) -> int:
         """As the function. token_ids: int32 [n], the text that it was asked about before, and what came since."""
         if len(token_ids) != self._num_asked:
-            if not self._note(token_ids):
+            if not self.reads(token_ids):
                 self._alike = 0
             elif not self._goes_on(token_ids):
                 self._alike, self._place = _last_alike(token_ids[-SEARCHED:])
@@ -62,12 +62,12 @@ class Repetition:
             self._num_asked = len(token_ids)
         return min(self._alike, LONGEST)
 
-    def _note(self, token_ids: Int32) -> bool:
-        """Notes what is new. False: the newest pair is."""
-        if len(token_ids) == self._num_noted:
+    def reads(self, token_ids: Int32) -> bool:
+        """As `hears`, of the whole text, of which some was not heard."""
+        if len(token_ids) == self.num_noted:
             return True  # for all that is known
         has = self._has = self._has or bytearray(_HASHES)
-        newest = token_ids[max(self._num_noted - 1, 0) :]
+        newest = token_ids[max(self.num_noted - 1, 0) :]
         if len(newest) > _FEW:
             tokens = newest[-SEARCHED - 1 : -1].astype(np.int64)
             np.frombuffer(has, np.uint8)[_hash(tokens[:-1], tokens[1:])] = 1
@@ -77,7 +77,7 @@ class Repetition:
             place = _hash(*pair)
             seen = has[place] > 0
             has[place] = 1
-        self._num_noted, self._newest = len(token_ids), int(token_ids[-1]) if len(token_ids) else 0
+        self.num_noted, self._newest = len(token_ids), int(token_ids[-1]) if len(token_ids) else 0
         return seen
 
     def _goes_on(self, token_ids: Int32) -> bool:

@@ -31,6 +31,7 @@ _LONGEST_IF_IT_MUST_PAY = 63
 _LATEST = 0.2  # what the newest draft counts, and of those of earlier sequences the newest
 _UNKNOWN_SHARE = 0.5
 _RELIABLE_SHARE = 0.35  # of a model's drafts, at which one miss says little
+_LONGEST_SILENCE = 16  # steps until one is heard again, where nothing repeats or drafts do not pay
 _NONE = np.empty(0, np.int32)
 
 
@@ -96,6 +97,9 @@ class Speculation(SchedulerFeature):
         self._has_model = self._most > 0 and not self._from_text
         self.in_use = self._has_model  # `drafts` is to be asked of each step: sequences may have some, or a model reads
         self.listens = False  # `heard` is to be called
+        self._silence = 0  # steps until it is
+        self._last_silence = 0
+        self._num_unheard = 0  # steps since the costs were asked
         # the newest step is one that a model which makes drafts reads: its rows may have some in the next
         self.reads = False
         self.num_proposed = 0
@@ -122,6 +126,7 @@ class Speculation(SchedulerFeature):
         self._paces[sequence] = _Pace(self._most, self._most, shortest, longest, guided, share)
         self._num_guided += guided
         self.listens, self.in_use = self._from_text, True
+        self._silence = self._last_silence = 0
         if self._costs is not None:
             self._costs.wake()
         return True
@@ -160,10 +165,17 @@ class Speculation(SchedulerFeature):
 
     def _of_texts(self, rows: Int32, counts: Int32) -> list[int]:
         """Drafts of each row, as far as they pay; [] if nothing repeats, which takes no look at any row."""
+        if self._silence:
+            self._silence -= 1
+            self._num_unheard += 1
+            self.listens = not self._silence
         if not (self._repeating or self._num_guided) or len(rows) > MOST_DRAFTING or counts.max() > 1:
             return []
-        if self._costs is not None and self._costs.rests() and not self._num_guided:
-            return []
+        if self._costs is not None:
+            num_steps, self._num_unheard = 1 + self._num_unheard, 0
+            if self._costs.rests(num_steps) and not self._num_guided:
+                self._hear_nothing(_LONGEST_SILENCE)
+                return []
         wanted, shares = self._wanted(rows)
         return self._paying(wanted, shares)
 
@@ -247,12 +259,26 @@ class Speculation(SchedulerFeature):
         """
         self._repeating = repeating = []
         if len(rows) > MOST_DRAFTING:
+            self._hear_nothing(_LONGEST_SILENCE)
             return
-        sequences = self.rows.sequences
+        table = self.rows
         for row, known, token_id in zip(rows, num_known, token_ids, strict=True):
-            pace = self._paces.get(sequences[row])  # type: ignore[arg-type]
+            pace = self._paces.get(table.sequences[row])  # type: ignore[arg-type]
             if pace is not None and pace.repetition.hears(known, token_id):
-                repeating.append(row)
+                repetition = pace.repetition
+                if repetition.num_noted == known or repetition.reads(table.token_ids[row, :known]):
+                    repeating.append(row)
+        if repeating:
+            self._last_silence = 0
+        else:
+            self._hear_nothing(min(2 * self._last_silence + 1, _LONGEST_SILENCE))
+
+    def _hear_nothing(self, num_steps: int) -> None:
+        """But of the num_steps-th from now on: to hear each token would take a small model's steps longer than it
+        gains. What comes meanwhile is read then.
+        """
+        self._repeating, self.listens = [], False
+        self._silence = self._last_silence = num_steps
 
     def note(self, sequence: Sequence, num_drafts: int, num_right: int) -> None:
         """How many of a sequence's drafts were right in a step."""

@@ -228,13 +228,13 @@ class DraftCosts:
                 self._plain_after[rows] = min(2 * self._plain_after[rows], _PLAIN_AFTER_AT_MOST)
             self._since_plain[rows] = 0
 
-    def rests(self) -> bool:
-        """Asked of each step that might have drafts, in its turn: True if it has none without `most_drafts` being
-        asked.
+    def rests(self, num_steps: int = 1) -> bool:
+        """Asked of steps that might have drafts, in their turn, the num_steps-th since it was asked: True if it has
+        none without `most_drafts` being asked.
         """
         if not self._rest:
             return False
-        self._rest -= 1
+        self._rest = max(self._rest - num_steps, 0)
         woken, self._woken = self._woken, False
         return not woken
 

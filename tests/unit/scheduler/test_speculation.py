@@ -18,6 +18,7 @@ from paged_backend.request import SamplingParams
 from paged_backend.scheduler.limits import SchedulerLimits
 from paged_backend.scheduler.repetition import Repetition
 from paged_backend.scheduler.scheduler import Scheduler
+from tests import simulated_runner
 from tests.simulated_runner import Proposer, SimulatedRunner, TimedRunner, next_token, solo
 
 VOCAB = 97
@@ -334,14 +335,33 @@ def usual(calls: Calls) -> Counter[str]:
 
 @pytest.mark.parametrize("num_sequences", [1, 8])
 @pytest.mark.parametrize("must_pay", [False, True], ids=["ngram", "auto"])
-def test_of_a_text_that_repeats_nothing_each_token_is_heard_and_no_row_looked_at(
+def test_of_a_text_that_repeats_nothing_one_step_in_sixteen_is_heard_and_no_row_looked_at(
     num_sequences: int, must_pay: bool
 ) -> None:
     off = usual(Calls(num_sequences, 0.0, 0))
-    more = usual(Calls(num_sequences, 0.0, 4, drafts_from_text=True, drafts_must_pay=must_pay)) - off
+    calls = Calls(num_sequences, 0.0, 4, drafts_from_text=True, drafts_must_pay=must_pay)
+    more = usual(calls) - off
     clock = {"StepCosts.begins": 1, "StepCosts.ends": 1} if must_pay else {}
-    asked = {"Speculation.drafts": 1, "Speculation._of_texts": 1, "Speculation.heard": 1}
-    assert more == {"Repetition.hears": num_sequences} | asked | clock
+    assert more == {"Speculation.drafts": 1, "Speculation._of_texts": 1} | clock
+    of_steps: Counter[str] = sum((calls.of_step() for _ in range(64)), Counter())
+    assert of_steps["Speculation.heard"] == 4
+    assert of_steps["Repetition.reads"] == 4 * num_sequences and not of_steps["Repetition.num_alike"]
+
+
+@pytest.mark.parametrize("num_new", [0, 1, 5, 21, 50])
+def test_a_text_that_begins_to_repeat_itself_is_found_within_sixteen_steps(num_new: int) -> None:
+    """The answer is a text of which no pair comes again, then its end over and over."""
+    end = list(range(60, 95))
+    answer = list(range(num_new)) + end * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulated_runner, "next_token", lambda tokens, _: answer[min(len(tokens), len(answer)) - 1])
+        bench = Bench(1.0, drafts_from_text=True, max_model_len=256, num_pages=80)
+        bench.submit(0, [96], max_tokens=len(answer))
+        bench.run()
+    assert bench.tokens[0] == answer
+    drafting = [batch for batch in bench.batches if batch.drafts is not None and batch.drafts.any]
+    first_again = 1 + num_new + len(end)
+    assert first_again < int(drafting[0].starts[0]) <= first_again + 2 + 16
 
 
 @pytest.mark.parametrize("num_sequences", [1, 8])
