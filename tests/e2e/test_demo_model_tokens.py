@@ -121,6 +121,7 @@ def check_answers(
     assert logprobs == pytest.approx(asked.logprobs[which], rel=0, abs=tolerance)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("page_size", "budget"),
     [(16, 100), pytest.param(1, 2048, marks=pytest.mark.long), pytest.param(256, 700, marks=pytest.mark.long)],

@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chec
     return make
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("name", "page_size", "budget", "prefix_cache"),
     cases([*product((1, 16, 64), (32, 4096), (True, False))], (1, 32, True), (16, 4096, False)),

@@ -118,6 +118,7 @@ def test_greedy_tokens_are_those_of_transformers_with_preemption_and_cache(engin
     assert several.stats().num_preemptions > 0 and several.stats().prefix_hits > 0
 
 
+@pytest.mark.long
 def test_whatever_is_asked_is_answered_as_by_one_rank(engines: Engines) -> None:
     prompts = random_prompts([20] * len(VARIETY) * 2, seed=3)
     expected, found = (outputs(engine, prompts, VARIETY * 2) for engine in (engines.alone, engines.several))

@@ -22,6 +22,7 @@ def test_the_corpus_does_no_harm(name: str) -> None:
         TARGETS[name](content)
 
 
+@pytest.mark.one_in(2)
 @NAMES
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=120), seed=st.integers(0, 10**6))

@@ -45,6 +45,7 @@ def check(name: str, num_rows: int, num_columns: int, dtype: torch.dtype, hangin
     assert_close(out, expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
 @pytest.mark.parametrize("turns", [0, 1])
 @pytest.mark.parametrize("hanging", ["nothing", "gate", "residual"])

@@ -38,6 +38,7 @@ def compiled(card: str, *options: str) -> tuple[list[dict[str, Any]], dict[str, 
     return rows, sums
 
 
+@pytest.mark.long
 def test_where_there_is_less_shared_memory_pipelines_have_fewer_stages() -> None:
     rows, _ = compiled("L4", "--kernels", "small_linear", "--set", "max_num_sequences=2")
     assert all(row["shared_kib"] <= 99 and not row["spilled"] for row in rows)

@@ -135,6 +135,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(folder), "PAGED_API_KEY": "not the demo's"}
 
 
+@pytest.mark.long
 def test_the_demo_calls_what_it_needs_and_answers_from_the_results(tmp_path: Path) -> None:
     done = subprocess.run(DEMO, env=environment(tmp_path), capture_output=True, text=True, timeout=240, check=False)
     said, errors = done.stdout, done.stderr

@@ -90,6 +90,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEndServer]
         yield running
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "broken",
     [pytest.param("model.py", marks=pytest.mark.long), "engine", pytest.param("config", marks=pytest.mark.long)],

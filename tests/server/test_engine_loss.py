@@ -32,6 +32,7 @@ def _status(url: str) -> int:
         return error.code
 
 
+@pytest.mark.long
 def test_a_lost_engine_unloads_the_model_which_can_be_loaded_again(tmp_path: Path) -> None:
     options = {"max_engine_restarts": "1", "on_engine_loss": "unload"}
     # its key is on the command line, which the front end knows

@@ -44,6 +44,7 @@ async def among_others(address: str, case: dict[str, object]) -> tuple[Answer, A
         return wrong, await bystander
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("case", "named"), CASES.values(), ids=CASES)
 def test_a_wrong_request_is_refused_alone(server: Server, case: dict[str, object], named: str) -> None:
     wrong, bystander = asyncio.run(among_others(server.addresses.grpc_url, case))

@@ -151,6 +151,7 @@ def test_leaving_ends_all_sequences(server: Server) -> None:
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "sampling",
     [

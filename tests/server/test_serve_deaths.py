@@ -100,6 +100,7 @@ class Stream(threading.Thread):
                     self.last = time.monotonic()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("instances", [2, *(pytest.param(count, marks=pytest.mark.long) for count in (1, 3))])
 def test_a_front_end_that_is_killed_is_noticed_and_the_others_streams_end_well(
     checkpoint: Path, tmp_path: Path, instances: int

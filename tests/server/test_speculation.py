@@ -28,6 +28,7 @@ def server() -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "sampling",
     [

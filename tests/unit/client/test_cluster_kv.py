@@ -229,6 +229,7 @@ def test_load_counts_too(servers: Cluster) -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.long
 def test_prompts_are_tokenised_as_the_server_does_it() -> None:
     """With the demo model's tokenizer and chat template, exported as the engine exports them."""
 

@@ -122,6 +122,7 @@ def refused(asking: TestClient, path: str, body: Mapping[str, Any], count: int |
     return num_refused
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", BODIES)
 def test_something_wrong_in_a_body_is_refused_by_its_fields_name(asking: TestClient, name: str) -> None:
     asked = BODIES[name]
@@ -133,6 +134,7 @@ TURN = {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name":
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("path", "keys", "status"),
     [

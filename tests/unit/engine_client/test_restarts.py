@@ -32,6 +32,7 @@ from tests.unit.engine_client.clients import (
 pytestmark = pytest.mark.usefixtures("folder")
 
 
+@pytest.mark.long
 def test_live_requests_go_on_in_the_next_engine_again_and_again(key: str) -> None:
     """Killed five times while they run, and asked for more while there is no engine: every answer whole, no token
     twice.

@@ -247,6 +247,7 @@ def follow(grammars: Grammars, guide: Guide, text: str) -> float:
     return longest
 
 
+@pytest.mark.long
 def test_a_mask_without_end_holds_nobody_up_and_is_refused_while_others_go_on(grammars: Grammars) -> None:
     """On a busy machine a call may take a while; a mask of this grammar takes minutes."""
     hostile, innocent = (grammars.guide(grammar, (EOS,), 0) for grammar in (LATE_BOMB, PLAIN))

@@ -167,6 +167,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return recipe
 
 
+@pytest.mark.long
 def test_a_training_that_is_cut_off_goes_on(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def command(*options: str) -> None:
         places = (
