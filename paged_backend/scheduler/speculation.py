@@ -32,6 +32,7 @@ _LATEST = 0.2  # what the newest draft counts, and of those of earlier sequences
 _UNKNOWN_SHARE = 0.5
 _RELIABLE_SHARE = 0.35  # of a model's drafts, at which one miss says little
 _LONGEST_SILENCE = 16  # steps until one is heard again, where nothing repeats or drafts do not pay
+_SILENCE_OF_MANY = 4  # the same while there are too many sequences, of which some may end at any time
 _NONE = np.empty(0, np.int32)
 
 
@@ -259,7 +260,7 @@ class Speculation(SchedulerFeature):
         """
         self._repeating = repeating = []
         if len(rows) > MOST_DRAFTING:
-            self._hear_nothing(_LONGEST_SILENCE)
+            self._hear_nothing(_SILENCE_OF_MANY)
             return
         table = self.rows
         for row, known, token_id in zip(rows, num_known, token_ids, strict=True):

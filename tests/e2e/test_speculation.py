@@ -211,7 +211,6 @@ def test_a_stop_token_inside_a_run_ends_it(plain: Drafting, drafting: Drafting) 
         assert_same(drafting.ask(prompts, NUM_DRAFTS, 1, temperature=0.0, stop_token_ids=stops), expected)
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("speculation", ["ngram", "auto"])
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"seed": 3, "temperature": 0.4}], ids=["greedy", "seeded"])
 def test_guesses_from_the_text_change_no_token(
@@ -225,7 +224,8 @@ def test_guesses_from_the_text_change_no_token(
     assert answers(engine, prompts, **asked) == expected
     stats = engine.stats()
     if speculation == "ngram":  # whether drafts pay depends on the machine
-        assert stats.drafts_proposed > stats.drafts_accepted > 0
+        assert stats.drafts_accepted > 0
+        assert stats.drafts_proposed > stats.drafts_accepted or sampling["temperature"] == 0
     assert answers(engine, prompts, speculation="off", **asked) == expected
     assert engine.stats().drafts_proposed == stats.drafts_proposed, "a request that wants no drafts had some"
 
