@@ -1,9 +1,9 @@
 """The product of one token with a weight of fp8: each number is multiplied as it comes, without tensor cores.
 
-Numbers are read four in a word (`dot_of_fp8` of quant_tile.py), which takes four instructions a number with all that is
-around them, instead of seven, for which a multiprocessor has no time at 4.6 TB/s. Activations are not rounded.
-Otherwise as `vector_linear` of small_linear.py: the first numbers are on their way while
-the token is still being computed, and what a layer does next to the product happens in the same launch.
+Numbers are read four in a word (`dot_of_fp8` of quant_tile.py), which takes about five instructions a number with all
+that is around them, instead of seven, for which a multiprocessor has no time at 4.6 TB/s. Activations are not rounded.
+Otherwise as `vector_linear` of small_linear.py: the first numbers are on their way while the token is still being
+computed, and what a layer does next to the product happens in the same launch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
-from paged_kernels.quant_linear import check_product, finished
+from paged_kernels.quant_linear import check_product, store_vector
 from paged_kernels.quant_tile import dot_of_fp8, fours
 
 _LANES = tl.constexpr(4)  # words of the weight that a thread sums before it scales: 16 bytes
@@ -90,19 +89,10 @@ def _fp8_vector_kernel(
             sums = dot_of_fp8(u, a, b, c, d, PACKED)
             total_u += tl.sum(tl.reshape(sums, (ROWS, PARTS, _LANES)), 2) * up_s
 
-    result = tl.sum(total, 1)
-    up = tl.sum(total_u, 1)
-    if NORM:
-        shrink = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        result *= shrink
-        up *= shrink
-    result = finished(result, row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
-    if GATED:
-        up = finished(up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
-        result = activated(result, ACTIVATION) * up
-    if ADD:
-        result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
+    store_vector(
+        total, total_u, squares, row, scale, row_scale, bias, residual, out, eps, N, K, GROUPED,
+        ROW_SCALES, NORM, GATED, ACTIVATION, BIAS, ADD,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

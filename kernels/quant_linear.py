@@ -59,6 +59,30 @@ def finished(
 
 
 @triton.jit
+def store_vector(
+    total, total_u, squares, row, scale, row_scale, bias, residual, out, eps,
+    N: tl.constexpr, COLUMNS: tl.constexpr, GROUPED: tl.constexpr, ROW_SCALES: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """The end of a product of one token: the sums [ROWS, parts] of rows of the weight, and GATED: of those they let
+    through, with what belongs to the rows and what hangs on the product, are stored. squares: of the token's COLUMNS.
+    """
+    result = tl.sum(total, 1)
+    up = tl.sum(total_u, 1)
+    if NORM:
+        shrink = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
+        result *= shrink
+        up *= shrink
+    result = finished(result, row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
+    if GATED:
+        up = finished(up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
+        result = activated(result, ACTIVATION) * up
+    if ADD:
+        result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
+
+
+@triton.jit
 def _scales(
     scale, zero, row, there, begin,
     K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,

@@ -8,11 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from paged_kernels.activation import activated
 from paged_kernels.jit import kernel, pdl_release, pdl_wait
 from paged_kernels.linear import Linear
 from paged_kernels.norm_value import Norm
-from paged_kernels.quant_linear import check_product, finished, format_constants
+from paged_kernels.quant_linear import check_product, format_constants, store_vector
 from paged_kernels.quant_tile import INT4, is_packed_alone, load_zeros, numbers
 
 _LANES = 16  # bytes of the weight that a thread sums before it scales
@@ -117,20 +116,10 @@ def _vector_kernel(
         if GATED:
             total_u += _dot(u, low, high, sums, up_s, up_z, CODES, GROUPED, ROWS, PARTS, LANES, ZEROS, PACKED)
 
-    result = tl.sum(total, 1)
-    up = tl.sum(total_u, 1)
-    if NORM:
-        shrink = tl.rsqrt(tl.sum(squares, 0) / (K * (2 if CODES >= INT4 else 1)) + eps)
-        result *= shrink
-        up *= shrink
-    result = finished(result, row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS)
-    if GATED:
-        result = activated(result, ACTIVATION) * finished(
-            up, N + row, row < N, scale, row_scale, bias, GROUPED, ROW_SCALES, BIAS
-        )
-    if ADD:
-        result += tl.load(residual + row, mask=row < N, other=0.0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < N)
+    store_vector(
+        total, total_u, squares, row, scale, row_scale, bias, residual, out, eps, N, K * (2 if CODES >= INT4 else 1),
+        GROUPED, ROW_SCALES, NORM, GATED, ACTIVATION, BIAS, ADD,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
